@@ -39,7 +39,7 @@ from kvexport.bundle.formats import default_block
 from kvexport.calibrate import recipe_for
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder, Linear
-from kvexport.quantize.inputs import PARTS, linears_of, with_linears
+from kvexport.quantize.inputs import PARTS, all_linears, linears_of, with_linears
 from kvexport.quantize.layers import WeightSettings
 from kvexport.quantize.method_names import DEFAULT_BITS, Method
 from kvexport.quantize.model import LayerQuantizer, quantize_layers
@@ -221,8 +221,7 @@ def _bits(decoder: Decoder) -> float:
     bits = weights = 0
     codes_of_all = [decoder.embedding.codes, None if decoder.head is None else decoder.head.codes]
     for layer in decoder.layers:
-        for part in PARTS:
-            codes_of_all += [each.codes for each in linears_of(layer, part).values()]
+        codes_of_all += [each.codes for each in all_linears(layer).values()]
     for codes in codes_of_all:
         if codes is not None:
             weights += codes.codes.numel()
@@ -314,12 +313,7 @@ def _with_weight(linear: Linear, restored: Callable[[Tensor], Tensor]) -> Linear
 
 def _matrices(decoder: Decoder) -> list[Tensor]:
     """Weights of the linear maps of the layers."""
-    return [
-        linear.weight
-        for layer in decoder.layers
-        for part in PARTS
-        for linear in linears_of(layer, part).values()
-    ]
+    return [linear.weight for layer in decoder.layers for linear in all_linears(layer).values()]
 
 
 def _row(bench: Bench, make: Callable[[], Quantized]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 from kvexport.model.divergence import Divergence, DivergenceMeter
 from kvexport.model.placement import CPU, move, place
 from kvexport.quantize.grid import Bits
-from kvexport.quantize.inputs import PARTS, linears_of, with_linears
+from kvexport.quantize.inputs import PARTS, all_linears, linears_of, with_linears
 from kvexport.quantize.layers import WeightSettings
 from kvexport.quantize.model import LayerQuantizer
 from kvexport.quantize.sensitivity import ATTENTION, HEAD, layer_key
@@ -76,10 +76,9 @@ def kept_weights(
     kept: set[str] = set()
     for index, layer in enumerate(decoder.layers):
         changed = _changed_maps(layer.attention, plan.layer_plans[index], heals=options.heal is not None)
-        for part in PARTS:
-            for name, each in linears_of(layer, part).items():
-                if name not in changed and keeps(each, formats.layers):
-                    kept.add(layer_key(index, name))
+        for name, each in all_linears(layer).items():
+            if name not in changed and keeps(each, formats.layers):
+                kept.add(layer_key(index, name))
     if decoder.head is not None and keeps(decoder.head, formats.head):
         kept.add(HEAD)
     return kept

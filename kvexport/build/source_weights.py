@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from kvexport.model.decoder import Layer, Linear
-from kvexport.quantize.inputs import PARTS, linears_of
+from kvexport.quantize.inputs import all_linears
+from kvexport.quantize.sensitivity import ATTENTION
 
 KEPT = "kept"
 SATURATED = "kept, but for the lowest code of negative scales"
@@ -56,13 +57,12 @@ def taken_maps(layer: Layer, *, compressed: bool) -> dict[str, str]:
         compressed: whether its attention was compressed.
     """
     taken: dict[str, str] = {}
-    for part in PARTS:
-        for name, linear in linears_of(layer, part).items():
-            each = taken_map(linear)
-            if each is None and compressed and part in ("qkv", "o"):
-                each = CHANGED
-            if each is not None:
-                taken[name] = each
+    for name, linear in all_linears(layer).items():
+        each = taken_map(linear)
+        if each is None and compressed and name in ATTENTION:
+            each = CHANGED
+        if each is not None:
+            taken[name] = each
     return taken
 
 

@@ -22,7 +22,7 @@ from kvexport.build.stages import Stages
 from kvexport.bundle.formats import WeightFormats, require_mean_bits
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
-from kvexport.quantize.inputs import PARTS, linears_of
+from kvexport.quantize.inputs import all_linears
 from kvexport.quantize.layers import WeightSettings
 from kvexport.quantize.method_names import DEFAULT_BITS
 from kvexport.quantize.mixed import MixedBits, MixedBitsFrontier
@@ -173,7 +173,7 @@ def _least_bits(decoder: Decoder, options: BuildOptions, settings: WeightSetting
         tables.append(decoder.embedding.weight)
     if HEAD not in fixed and decoder.head is not None:
         tables.append(decoder.head.weight)
-    maps = [each.weight for part in PARTS for each in linears_of(layer, part).values()]
+    maps = [each.weight for each in all_linears(layer).values()]
     weights = [*(len(decoder.layers) * maps), *tables]
     size = sum(stored_bytes(each, settings.bits, settings) for each in weights)
     return 8 * size / sum(each.numel() for each in weights)

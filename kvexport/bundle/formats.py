@@ -55,6 +55,10 @@ class WeightFormat:
             return 0
         return rows * (columns // self.block if self.block else 1) * BYTES[dtype]
 
+    def stored_bytes(self, rows: int, columns: int, dtype: str) -> int:
+        """Bytes of the numbers and scales of a weight [rows, columns]."""
+        return self.data_bytes(rows, columns) + self.scale_bytes(rows, columns, dtype)
+
     def __str__(self) -> str:
         return self.format if self.block is None else f"{self.format}, blocks of {self.block}"
 

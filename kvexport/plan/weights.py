@@ -170,7 +170,7 @@ def _exact_bytes(name: str, weights: Mapping[tuple[int, int], int], stored: Prec
     total = 0
     for (rows, columns), count in weights.items():
         chosen = weight_format(name, rows, columns, stored.weights.block)
-        total += count * (chosen.data_bytes(rows, columns) + chosen.scale_bytes(rows, columns, stored.dtype))
+        total += count * chosen.stored_bytes(rows, columns, stored.dtype)
     return total
 
 

@@ -34,6 +34,11 @@ def linears_of(layer: Layer, part: Part) -> dict[str, Linear]:
     return {"up": mlp.up} if mlp.gate is None else {"gate": mlp.gate, "up": mlp.up}
 
 
+def all_linears(layer: Layer) -> dict[str, Linear]:
+    """The linear maps of all parts, by name."""
+    return {name: linear for part in PARTS for name, linear in linears_of(layer, part).items()}
+
+
 def with_linears(layer: Layer, part: Part, linears: Mapping[str, Linear]) -> Layer:
     """The layer with other linear maps in a part."""
     fields: dict[str, Any] = dict(linears)

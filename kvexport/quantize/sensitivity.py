@@ -32,11 +32,11 @@ from kvexport.convert.sensitivity import trial_windows
 from kvexport.convert.streams import split_windows
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer, Linear
+from kvexport.model.decoder import Decoder, Layer
 from kvexport.model.divergence import DivergenceMeter
 from kvexport.progress import Progress
 from kvexport.quantize.grid import Bits, dequantize, grid_for
-from kvexport.quantize.inputs import PARTS, LayerInputs, Products, linears_of, with_linears
+from kvexport.quantize.inputs import PARTS, LayerInputs, Products, all_linears, linears_of, with_linears
 from kvexport.quantize.layers import PartQuantizer, WeightSettings
 from kvexport.quantize.tables import quantize_head, table_codes
 
@@ -214,7 +214,7 @@ class _Analysis:
         for name in dict.fromkeys(name for name, _ in quantized):
             self._keep(
                 layer_key(index, name),
-                _linears(layer)[name].weight,
+                all_linears(layer)[name].weight,
                 [powers[name, eight] / (2 * self._predictions) for eight in (False, True)],
             )
 
@@ -268,11 +268,7 @@ def stored_bytes(weight: Tensor, bits: Bits, settings: WeightSettings) -> int:
     rows, columns = weight.shape
     found = weight_format("int4" if bits == 4 else "int8", rows, columns, settings.block)
     dtype = str(settings.dtype).removeprefix("torch.")
-    return found.data_bytes(rows, columns) + found.scale_bytes(rows, columns, dtype)
-
-
-def _linears(layer: Layer) -> dict[str, Linear]:
-    return {name: linear for part in PARTS for name, linear in linears_of(layer, part).items()}
+    return found.stored_bytes(rows, columns, dtype)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from kvexport.bundle.formats import WeightFormat
 from kvexport.graph import GRAPH_FILE
 from kvexport.model.decoder import Layer
 from kvexport.model.loader import load_decoder
-from kvexport.quantize.inputs import PARTS, linears_of
+from kvexport.quantize.inputs import all_linears
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 68}
 CALIBRATION = ("--calibration", "random", "--samples", "8", "--length", "32", "--no-cache")
@@ -74,7 +74,7 @@ def weights_of(bundle: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def stored(layer: Layer) -> dict[str, NDArray[np.float32]]:
-    return {name: each.weight.numpy() for part in PARTS for name, each in linears_of(layer, part).items()}
+    return {name: each.weight.numpy() for name, each in all_linears(layer).items()}
 
 
 def equal_maps(bundle: Path, floats: Path) -> set[str]:

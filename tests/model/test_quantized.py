@@ -25,13 +25,13 @@ from support.quantized_checkpoints import (
 from kvexport.errors import CheckpointError
 from kvexport.model import reference
 from kvexport.model.checkpoint import Checkpoint
-from kvexport.model.decoder import Layer, Linear, parameters_of
+from kvexport.model.decoder import parameters_of
 from kvexport.model.loader import load_decoder
 from kvexport.model.quantized.formats import stored_format
 from kvexport.model.quantized.stored_format import column_groups
 from kvexport.plan.sizes import trained_sizes
 from kvexport.quantize.grid import dequantize
-from kvexport.quantize.inputs import PARTS, linears_of
+from kvexport.quantize.inputs import all_linears
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 68}
 Make = Callable[..., Path]
@@ -51,16 +51,12 @@ def pair(tiny_checkpoint: Make, tmp_path: Path) -> Callable[..., Pair]:
     return make
 
 
-def maps(layer: Layer) -> dict[str, Linear]:
-    return {name: each for part in PARTS for name, each in linears_of(layer, part).items()}
-
-
 def require_same(pair: Pair, reason: str | None) -> None:
     """Floats equal those of the float checkpoint bit for bit; codes stand for them, or a reason is given."""
     decoder, expected = load_decoder(pair.quantized, codes=True), load_decoder(pair.floats)
     for layer, wanted in zip(decoder.layers, expected.layers, strict=True):
-        for name, each in maps(layer).items():
-            assert torch.equal(each.weight, maps(wanted)[name].weight), name
+        for name, each in all_linears(layer).items():
+            assert torch.equal(each.weight, all_linears(wanted)[name].weight), name
             if reason is None:
                 assert each.inexact is None and each.codes is not None
                 assert torch.equal(dequantize(each.codes), each.weight)
@@ -69,7 +65,9 @@ def require_same(pair: Pair, reason: str | None) -> None:
                 assert each.codes is None and reason in (each.inexact or "")
         assert parameters_of(layer) == parameters_of(wanted)
     assert all(
-        each.codes is None for layer in load_decoder(pair.quantized).layers for each in maps(layer).values()
+        each.codes is None
+        for layer in load_decoder(pair.quantized).layers
+        for each in all_linears(layer).values()
     )
 
 

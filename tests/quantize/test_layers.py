@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
-from kvexport.model.decoder import Layer, Linear
+from kvexport.model.decoder import Layer
 from kvexport.quantize.gptq import gptq
 from kvexport.quantize.grid import Grid, dequantize, round_to_nearest
-from kvexport.quantize.inputs import PARTS, LayerInputs, linears_of
+from kvexport.quantize.inputs import LayerInputs, all_linears
 from kvexport.quantize.layers import WeightSettings, quantize_layer
 from kvexport.quantize.method_names import METHODS
 
@@ -38,10 +38,6 @@ def run(layer: Layer, x: Tensor) -> Tensor:
     ).residual
 
 
-def linears(layer: Layer) -> dict[str, Linear]:
-    return {name: each for part in PARTS for name, each in linears_of(layer, part).items()}
-
-
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_linear_map_has_codes_that_are_its_weight(style: str, method: str) -> None:
@@ -49,14 +45,14 @@ def test_every_linear_map_has_codes_that_are_its_weight(style: str, method: str)
     settings = WeightSettings(block=32, method=method, dtype=torch.float16)
     inputs = LayerInputs(x, range(6), x, attended(layer, x))
     quantized = quantize_layer(layer, settings, inputs, eight_bits=("v", "down"))
-    for name, linear in linears(quantized).items():
+    for name, linear in all_linears(quantized).items():
         assert linear.codes is not None
         assert linear.codes.bits == (8 if name in ("v", "down") else 4)
         assert torch.equal(linear.weight, dequantize(linear.codes))
         assert torch.equal(linear.codes.scales.half().to(linear.weight), linear.codes.scales)
-        assert linear.weight.dtype == linears(layer)[name].weight.dtype
+        assert linear.weight.dtype == all_linears(layer)[name].weight.dtype
         if not method.startswith("awq"):
-            assert linear.bias is linears(layer)[name].bias
+            assert linear.bias is all_linears(layer)[name].bias
     error = (run(quantized, x) - run(layer, x)).square().mean() / run(layer, x).square().mean()
     assert 0 < error < 0.05
 
@@ -108,15 +104,15 @@ def test_correction_of_equal_streams_changes_nothing() -> None:
     corrected = quantize_layer(layer, WeightSettings(block=32), inputs)
     plain = quantize_layer(layer, COARSE, LayerInputs(x, range(8)))
     for name in ("q", "k", "v"):
-        assert torch.equal(linears(corrected)[name].weight, linears(plain)[name].weight)
+        assert torch.equal(all_linears(corrected)[name].weight, all_linears(plain)[name].weight)
     assert not torch.equal(corrected.mlp.down.weight, plain.mlp.down.weight)  # its inputs differ already
 
 
 def test_round_to_nearest_needs_no_inputs() -> None:
     layer, _ = stream()
     quantized = quantize_layer(layer, WeightSettings(block=32, method="nearest"))
-    for name, linear in linears(quantized).items():
-        expected = round_to_nearest(linears(layer)[name].weight, 4, 32, torch.float32)
+    for name, linear in all_linears(quantized).items():
+        expected = round_to_nearest(all_linears(layer)[name].weight, 4, 32, torch.float32)
         assert torch.equal(linear.codes.codes, expected.codes)
 
 
@@ -141,5 +137,5 @@ def test_other_devices_give_equal_codes(device: torch.device, method: str) -> No
     there = quantize_layer(
         there_layer, settings, LayerInputs(there_x, range(8), there_x, attended(there_layer, there_x))
     )
-    for name, linear in linears(move(there, CPU)).items():
-        assert torch.equal(linear.codes.codes, linears(here)[name].codes.codes)
+    for name, linear in all_linears(move(there, CPU)).items():
+        assert torch.equal(linear.codes.codes, all_linears(here)[name].codes.codes)
