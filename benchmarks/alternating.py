@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from records import RESULTS
 
 _UNCOUNTED, _COUNTED = 2, 4  # steps of a round
 _PAUSE = 0.1  # seconds before a side's turn
 
 Prefill = Callable[[list[int]], int]  # tokens to the likeliest next one
 Step = Callable[[], int]  # one more token, the likeliest one
+
+
+def parser_for(description: str | None, steps: int, repetitions: int) -> argparse.ArgumentParser:
+    """The options of these benchmarks.
+
+    Args:
+        steps, repetitions: their defaults.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of every side [default: 2]")
+    for name, default, what in (
+        ("--steps", steps, "counted steps at each depth"),
+        ("--repetitions", repetitions, "repetitions of each prefill"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=f"{what} [default: {default}]")
+    parser.add_argument("--work", type=Path, help="folder that keeps the models for the next run")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser
 
 
 def room_for(steps: int) -> int:

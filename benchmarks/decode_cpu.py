@@ -18,7 +18,6 @@ benchmarks/results/decode_cpu.json, a table to decode_cpu.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
@@ -28,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from alternating import Prefill, Step, alternate, figures_table, room_for, target, version
+from alternating import Prefill, Step, alternate, figures_table, parser_for, room_for, target, version
+from records import save
 
 import kvexport
 
-RESULTS = Path(__file__).parent / "results"
 DEPTHS, PROMPTS = (512, 8192), (512, 4096)
 SHAPE = {
     "vocab_size": 8192,
@@ -67,20 +66,13 @@ PACKAGES = ("onnxruntime", "onnxruntime-genai", "torch", "transformers")  # whos
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=2, help="threads of every side [default: 2]")
-    parser.add_argument("--steps", type=int, default=40, help="counted steps at each depth [default: 40]")
-    parser.add_argument("--repetitions", type=int, default=3, help="repetitions of each prefill [default: 3]")
+    parser = parser_for(__doc__, steps=40, repetitions=3)
     parser.add_argument(
         "--layers",
         type=int,
         default=SHAPE["num_hidden_layers"],
         help="layers of the model; fewer to try the script",
     )
-    parser.add_argument("--work", type=Path, help="folder that keeps the models for the next run")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
@@ -88,10 +80,8 @@ def main() -> None:
         record = measure(work, arguments.threads, arguments.steps, arguments.repetitions)
     record["layers"] = arguments.layers
     record["targets"] = [target(record, *each) for each in TARGETS]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "decode_cpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     text = table(record)
-    (arguments.output / "decode_cpu.md").write_text(text, encoding="utf-8")
+    save(record, arguments.output / "decode_cpu", text, {})
     print(text)
 
 

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from alternating import Prefill, Step, alternate, figures_table, room_for, target, version
+from alternating import Prefill, Step, alternate, figures_table, parser_for, room_for, target, version
 from decode_cpu import open_genai, open_kvexport
+from records import save
 
 import kvexport
 from kvexport.runtime.tokenizer import read_tokenizer
 
-RESULTS = Path(__file__).parent / "results"
 DEPTHS, PROMPTS = (16, 512, 2048), (512,)
 SIDES = ("kvexport", "kvexport, half", "onnxruntime-genai", "llama.cpp")
 # stage, tokens, who, whom, and how many times as fast at least
@@ -54,27 +54,18 @@ SERIES, NEXT = " red green blue" * 5 + " red green", " blue"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__, steps=60, repetitions=5)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--gguf", type=Path, help="the checkpoint in 4 bits, for llama.cpp")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every side [default: 2]")
-    parser.add_argument("--steps", type=int, default=60, help="counted steps at each depth [default: 60]")
-    parser.add_argument("--repetitions", type=int, default=5, help="repetitions of each prefill [default: 5]")
-    parser.add_argument("--work", type=Path, help="folder that keeps the models for the next run")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
         make_models(work, arguments.checkpoint)
         record = measure(work, arguments)
     record["targets"] = [target(record, *each) for each in TARGETS]
-    arguments.output.mkdir(parents=True, exist_ok=True)
     name = f"decode_int4-{arguments.threads}"
-    (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     text = table(record, name)
-    (arguments.output / f"{name}.md").write_text(text, encoding="utf-8")
+    save(record, arguments.output / name, text, {})
     print(text)
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from support.command_line import run_kvexport
 from support.quantized_checkpoints import (
     AWQ_CONFIG,
+    SIZES,
     Integers,
     Pack,
     Pair,
@@ -34,7 +35,6 @@ from kvexport.model.decoder import Layer
 from kvexport.model.loader import load_decoder
 from kvexport.quantize.inputs import all_linears
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 68}
 CALIBRATION = ("--calibration", "random", "--samples", "8", "--length", "32", "--no-cache")
 TABLES_IN_FLOATS = ("--embedding-weights", "float32", "--head-weights", "float32")
 ALL_HEADS = ("--kv-ratio", "1")

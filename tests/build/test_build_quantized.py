@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.command_line import run_kvexport
+from support.quantized_checkpoints import SIZES
 from support.validated_bundles import broken, edit_weight
 
 from kvexport.build.report import WeightBits
@@ -22,7 +23,6 @@ from kvexport.runtime import open_bundle
 from kvexport.runtime.self_test.verdict import self_test
 from kvexport.validate import validate_bundle
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 68}
 ALL_IN_4_BITS = ("--weight-bits", "4.501")  # least possible
 OPTIONS = ("--calibration", "random", "--samples", "8", "--length", "32", "--no-cache", "--json")
 

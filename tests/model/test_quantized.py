@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.quantized_checkpoints import (
     AWQ_CONFIG,
+    SIZES,
     Integers,
     Pack,
     Pair,
@@ -33,7 +34,6 @@ from kvexport.plan.sizes import trained_sizes
 from kvexport.quantize.grid import dequantize
 from kvexport.quantize.inputs import all_linears
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 68}
 Make = Callable[..., Path]
 AUTOROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
 

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+# of a small model whose linear maps all have blocks of 64
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 68}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Pack = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]  # module, weight: its tensors, its floats
 
