@@ -135,7 +135,7 @@ def _write_model(
     eviction: Eviction | None,
     hooks: BuildHooks,
 ) -> tuple[GraphContract, dict[str, Any], BuildReport]:
-    """Convert, quantise and write the model; nothing of it stays in memory.
+    """Convert, quantise and write the model. Its layers, embedding and head are freed on return.
 
     Returns:
         The graph's contract, the manifest, and the report, which lacks the validation.

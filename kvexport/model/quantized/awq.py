@@ -19,6 +19,7 @@ from kvexport.model.quantized.stored_format import (
     Settings,
     StoredFormat,
     column_groups,
+    format_name,
     require_groups,
     require_shape,
     tensor,
@@ -43,8 +44,7 @@ class AWQ(StoredFormat):
             name: of the program.
             group_size: inputs that share a scale; None: all of them.
         """
-        groups = "one group a row" if group_size is None else f"groups of {group_size}"
-        self.name = f"{name}, {_BITS} bits, {groups}"
+        self.name = format_name(name, _BITS, group_size)
         self.block = group_size
 
     @classmethod

@@ -27,6 +27,7 @@ from kvexport.model.quantized.stored_format import (
     Settings,
     StoredFormat,
     column_groups,
+    format_name,
     packed_bits,
     require_groups,
     require_shape,
@@ -63,8 +64,7 @@ class CompressedTensors(StoredFormat):
             bits: of the first group of modules in quantization_config.
             group_size: inputs that share a scale in it; None: all of them.
         """
-        groups = "one scale a row" if group_size is None else f"groups of {group_size}"
-        self.name = f"compressed-tensors, {bits} bits, {groups}"
+        self.name = format_name("compressed-tensors", bits, group_size, "one scale a row")
         self.block = group_size
 
     @classmethod

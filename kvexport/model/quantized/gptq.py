@@ -21,6 +21,7 @@ from kvexport.model.quantized.stored_format import (
     Settings,
     StoredFormat,
     column_groups,
+    format_name,
     packed_bits,
     require_groups,
     require_shape,
@@ -50,8 +51,7 @@ class GPTQ(StoredFormat):
             symmetric: whether all zero points are 2^(bits - 1); None: config.json does not say it for all.
             less_one: whether zero points are stored less 1.
         """
-        groups = "one group a row" if group_size is None else f"groups of {group_size}"
-        self.name = f"{name}, {bits} bits, {groups}"
+        self.name = format_name(name, bits, group_size)
         self.block = group_size
         self._symmetric, self._less_one = symmetric, less_one
 

@@ -65,6 +65,17 @@ class StoredFormat(ABC):
         return plain | {f"{module}.weight" for module in modules}
 
 
+def format_name(program: str, bits: int, group_size: int | None, whole_row: str = "one group a row") -> str:
+    """The name of a format for messages.
+
+    Args:
+        program: what wrote it.
+        bits: bits of most weights.
+        group_size: inputs that share a scale; None: all of them, which `whole_row` says.
+    """
+    return f"{program}, {bits} bits, {whole_row if group_size is None else f'groups of {group_size}'}"
+
+
 def tensor(get: Get, name: str, *, integer: bool = False) -> Tensor:
     """A part of a quantised weight.
 
