@@ -34,6 +34,11 @@ class Precision:
         return BYTES[self.dtype]
 
 
+def precision(dtype: str, weights: WeightFormats | None = None) -> Precision:
+    """A precision; without `weights`, they are all stored in the data type."""
+    return Precision(dtype, WeightFormats(dtype, dtype, dtype) if weights is None else weights)
+
+
 def bundle_precision(manifest: Manifest) -> Precision:
     """The precision of a bundle; of its layers, the format of most weights."""
     weights = manifest.weights

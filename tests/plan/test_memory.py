@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from support.anchors import CONFIGS
-from support.precisions import precision
 
 from kvexport.bundle.formats import PAGE, WeightFormats
 from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.plan.memory import kv_bytes_per_token, largest_context, memory
 from kvexport.plan.sizes import Cache, Sizes, trained_sizes
+from kvexport.plan.weights import precision
 
 INT4 = precision("float16", WeightFormats("int4", "float16", "float16"))
 SMALL = Sizes(

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from support.anchors import CONFIGS
-from support.precisions import precision
 from support.tiny_bundles import write_bundle
 
 from kvexport.bundle.manifest import Manifest, read_manifest
@@ -32,6 +31,7 @@ from kvexport.plan.memory import (
 )
 from kvexport.plan.sizes import Cache, Sizes, bundle_sizes
 from kvexport.plan.speed import decode_seconds, prefill_flops, prefill_seconds, step_bytes
+from kvexport.plan.weights import precision
 
 HALF = precision("float16")
 MIXED = Sizes(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.precisions import precision
 
 from kvexport.bundle.graph_io import CHUNK
 from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.plan.memory import kv_bytes, kv_bytes_per_token
 from kvexport.plan.planner import plan
 from kvexport.plan.sizes import trained_sizes
+from kvexport.plan.weights import precision
 
 HALF, MIB, CONTEXT = precision("float16"), 2**20, 32_768
 COMMON = {"vocab_size": 1000, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072}

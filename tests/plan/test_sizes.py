@@ -11,7 +11,6 @@ import pytest
 import torch
 from support.anchors import CONFIGS, PARAMETERS
 from support.conversions import plain
-from support.precisions import precision
 from support.quantized_decoders import quantize_decoder
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
@@ -23,7 +22,7 @@ from kvexport.model.decoder import tensors_of
 from kvexport.model.loader import load_decoder
 from kvexport.plan import plan
 from kvexport.plan.sizes import TrainedSizes, bundle_sizes, trained_sizes
-from kvexport.plan.weights import Precision, bundle_precision, least_bits
+from kvexport.plan.weights import Precision, bundle_precision, least_bits, precision
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from support.anchors import CONFIGS, FITTED, HELD_OUT, PREFILL_SECONDS, SLOWER, TOO_FAST, Anchor
-from support.precisions import precision
 
 from kvexport.bundle.formats import WeightFormats
 from kvexport.devices.targets import load_target
@@ -23,6 +22,7 @@ from kvexport.plan.speed import (
     prefill_seconds,
     step_bytes,
 )
+from kvexport.plan.weights import precision
 
 INT4 = precision("float16", WeightFormats("int4", "float16", "float16"))
 
